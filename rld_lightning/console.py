@@ -22,6 +22,7 @@ from rld_lightning.redact import redact, redact_text
 
 console = Console(highlight=False)
 _log_files: list[TextIO] = []  # log files that also receive what is printed, see `copy_output_to`
+_PACKAGE = Path(__file__).parent
 _WIDE = 1000  # columns for text that Rich would crop at the console's width and that users copy
 _LONGEST = 5000  # characters of an error that are printed
 
@@ -70,6 +71,42 @@ def quiet_lightning() -> None:
     )
 
 
+def print_messages_as_lines() -> None:
+    """Prints log messages and Python's warnings like other lines, and not in the formats of Hydra and Python.
+
+    The log file of Hydra, if there is one, keeps its format, which has the time.
+    """
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) in (logging.StreamHandler, _Lines)]:
+        root.removeHandler(handler)
+    root.addHandler(_Lines(copied=not any(isinstance(handler, logging.FileHandler) for handler in root.handlers)))
+    warnings.showwarning = _log_warning  # type: ignore[assignment]  # it needs no more arguments
+
+
+class _Lines(logging.Handler):
+    """Prints log messages of any rank.
+
+    Args:
+        copied: whether our log files receive them, too.
+    """
+
+    def __init__(self, *, copied: bool) -> None:
+        super().__init__()
+        self.copied = copied
+
+    def emit(self, record: logging.LogRecord) -> None:
+        name = "caution" if record.levelno >= logging.WARNING else "note"
+        for line in self.format(record).splitlines():
+            _print_line(name, line, copied=self.copied)
+            name = ""
+
+
+def _log_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    path = Path(filename)
+    place = "" if path.is_relative_to(_PACKAGE) else f" ({path.parent.name}/{path.name}:{lineno})"
+    logging.getLogger("py.warnings").warning("%s%s", message, place)
+
+
 @contextmanager
 def copy_output_to(path: Path) -> Iterator[None]:
     """Appends to a file what rank 0 prints, Lightning's messages, and the error that ends the block, if any."""
@@ -100,10 +137,12 @@ def _error_text(error: BaseException) -> str:
     return f"error: {error}" if str(error) else type(error).__name__
 
 
-def _print(*objects: Any, width: int | None = None, shown: str | None = None, **options: Any) -> None:
+def _print(
+    *objects: Any, width: int | None = None, shown: str | None = None, copied: bool = True, **options: Any
+) -> None:
     screen = console if width is None else Console(width=width, highlight=False)
     screen.print(*(objects if shown is None else [shown]), **options)
-    for file in _log_files:
+    for file in _log_files if copied else ():
         copy = Console(file=file, width=width or 120, highlight=False, color_system=None)
         copy.print(*objects, **options)
 
@@ -131,9 +170,13 @@ def print_line(name: str, text: str, *, pasted: bool = False) -> None:
 
     In a terminal the line is wrapped between words, unless it is ``pasted`` into a command line.
     """
+    _print_line(name, text, pasted=pasted)
+
+
+def _print_line(name: str, text: str, *, pasted: bool = False, copied: bool = True) -> None:
     text = printable(redact_text(text)).replace("\n", "\\n")  # a name with a line break would print a second line
     head, wrapped = f"[bold]{name:>8}[/]  ", text if pasted else _wrapped(text, max(len(name), 8) + 2, " " * 10)
-    _print(head + escape(text), shown=head + escape(wrapped), soft_wrap=True)
+    _print(head + escape(text), shown=head + escape(wrapped), copied=copied, soft_wrap=True)
 
 
 def start_new_line() -> None:

@@ -3,12 +3,16 @@
 import logging
 import re
 import signal
+import sys
+import warnings
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import rld_lightning
 from rld_lightning.callbacks import Diverged
 from rld_lightning.console import (
     copy_output_to,
@@ -16,6 +20,7 @@ from rld_lightning.console import (
     print_error,
     print_files,
     print_line,
+    print_messages_as_lines,
     print_table,
     quiet_lightning,
 )
@@ -114,6 +119,36 @@ def test_lightnings_messages_are_printed_once(monkeypatch, imported_first):
         messages.warning("something new")
     assert own.getvalue() == "something new\n"
     assert not root.getvalue()
+
+
+@pytest.mark.parametrize("hydras_file", [False, True])
+def test_messages_and_warnings_are_lines_of_any_rank(tmp_path, monkeypatch, capsys, hydras_file):
+    monkeypatch.setattr("rld_lightning.console.rank_zero_only.rank", 1)
+    root, log = logging.getLogger(), tmp_path / "fit.log"
+    file = logging.FileHandler(tmp_path / "hydras.log")
+    file.setFormatter(logging.Formatter("[%(name)s][%(levelname)s] - %(message)s"))
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(sys.stdout), *([file] if hydras_file else [])])
+    monkeypatch.setattr(warnings, "showwarning", None)
+    print_messages_as_lines()
+    print_messages_as_lines()  # again, in each job of a sweep
+    with log.open("w") as opened, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr("rld_lightning.console._log_files", [opened])
+        logging.getLogger("rld_lightning.data").warning("a.jpg cannot be read")
+        warnings.warn_explicit(
+            "rounds", UserWarning, str(Path(rld_lightning.__file__).parent / "models" / "fold.py"), 3
+        )
+        warnings.warn_explicit("is old", UserWarning, "/lib/torch/nn.py", 7)
+    lines = "caution  a.jpg cannot be read\n caution  rounds\n caution  is old (torch/nn.py:7)"
+    assert capsys.readouterr().out.strip() == lines
+    assert log.read_text().strip() == ("" if hydras_file else lines)  # once in a run's log
+    if hydras_file:
+        assert (tmp_path / "hydras.log").read_text().splitlines() == [
+            "[rld_lightning.data][WARNING] - a.jpg cannot be read",
+            "[py.warnings][WARNING] - rounds",
+            "[py.warnings][WARNING] - is old (torch/nn.py:7)",
+        ]
+    file.close()
 
 
 def test_control_characters_in_names_are_escaped(tmp_path, capsys):

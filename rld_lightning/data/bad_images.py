@@ -1,11 +1,11 @@
 """Reports image files that cannot be read, each once."""
 
+import fcntl
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-
-from filelock import FileLock
 
 from rld_lightning.errors import printable
 
@@ -64,11 +64,11 @@ class BadImageReport:
     def _enter(self, file: Path, new: dict[str, BadImage]) -> dict[str, BadImage]:
         """Appends the images that no process has listed yet to the file, and returns them."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            if file.exists():
-                lines = file.read_text(errors="surrogateescape").splitlines()
-                self.known.update(line.split("\t")[0] for line in lines)
+        with file.open("a+", errors="surrogateescape") as list_file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(list_file, fcntl.LOCK_EX)  # until it is closed
+            list_file.seek(0)
+            self.known.update(line.split("\t")[0] for line in list_file.read().splitlines())
             new = {path: image for path, image in new.items() if path not in self.known}
-            with file.open("a", errors="surrogateescape") as list_file:
-                list_file.writelines(f"{path}\t{' '.join(reason.split())}\n" for path, reason in new.values())
+            list_file.writelines(f"{path}\t{' '.join(reason.split())}\n" for path, reason in new.values())
         return new

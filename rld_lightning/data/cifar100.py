@@ -75,7 +75,7 @@ class CIFAR100DataModule(InMemoryDataModule):
         if self.root.exists() and not self.root.is_dir():
             raise NotADirectoryError(f"{self.root} is not a folder: set root to one, for CIFAR-100 to lie in.")
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f"{FOLDER}.lock"):
+        with FileLock(self.root / f".{FOLDER}.lock"):
             if not self._missing():  # another process has unpacked it
                 return
             archive = self.root / ARCHIVE

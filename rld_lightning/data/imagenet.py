@@ -87,7 +87,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder: set root to ImageNet's. {self._how_to_get()}")
         self._missing()  # before there is a lock file in a folder that is not ImageNet's
-        with FileLock(self.root / "imagenet.lock"):
+        with FileLock(self.root / ".imagenet.lock"):
             for split in self._missing():
                 self._check_space(split)
                 self._unpack(split)

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rld_lightning.console import print_error, print_line, quiet_lightning
+from rld_lightning.console import print_error, print_line, print_messages_as_lines, quiet_lightning
 from rld_lightning.distributed import Stopped, exit_now, stop_on_signals, wait_for_rank_zero
 from rld_lightning.errors import UserError, disk_errors, user_errors
 from rld_lightning.hydra.checks.mistakes import check, checked
@@ -52,6 +52,7 @@ def run_task(task: Callable[[DictConfig], float | None], config_name: str, *over
     def guarded(cfg: DictConfig) -> float | None:
         release_stderr()
         quiet_lightning()  # again, for processes started by a launcher
+        print_messages_as_lines()  # Hydra has just set its own format
         if (job := HydraConfig.get()).job.chdir:
             cfg = with_absolute_paths(cfg, Path(job.runtime.cwd))
         try:

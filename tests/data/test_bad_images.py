@@ -138,6 +138,7 @@ def test_each_bad_image_is_reported_once(root, tmp_path, caplog):
     }
     assert entries[f"{root}/train/a/0.jpg"] == "the file is empty"
     assert entries[f"{root}/train/a/5.tif"] == "mode F has more than 16 bits a channel"
+    assert [path.name for path in listing.parent.iterdir()] == [listing.name]  # and no lock
     messages = logged(caplog)
     assert len(messages) == len(entries) == 7
     for path, reason in entries.items():

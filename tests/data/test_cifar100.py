@@ -140,7 +140,7 @@ def test_wrong_download_is_discarded(server, tmp_path):
     server.content = b"<html>not found</html>"
     with pytest.raises(ValueError, match=rf"{server.url} has MD5 .* discarded.* place it at .*cifar-100-python.tar.gz"):
         CIFAR100DataModule(tmp_path, url=server.url).prepare_data()
-    assert names_in(tmp_path) == ["cifar-100-python.lock"]
+    assert names_in(tmp_path) == [".cifar-100-python.lock"]
 
 
 @pytest.mark.usefixtures("forbid_unpickling")

@@ -97,7 +97,7 @@ def test_the_archives_are_unpacked(root):
     assert files_in(root / "train") == [f"{wnid}/{wnid}_{number}.JPEG" for wnid in WNIDS for number in range(4)]
     numbered = enumerate(VAL_WNIDS, 1)
     assert files_in(root / "val") == sorted(f"{wnid}/ILSVRC2012_val_{i:08d}.JPEG" for i, wnid in numbered)
-    assert {path.name for path in root.iterdir()} - {"imagenet.lock"} == {
+    assert {path.name for path in root.iterdir()} - {".imagenet.lock"} == {
         TRAIN,
         VAL,
         DEVKIT,
@@ -117,7 +117,7 @@ def test_existing_folders_are_not_changed(root):
     data_at(root)
     for archive in (TRAIN, VAL, DEVKIT):
         (root / archive).unlink()
-    (root / "imagenet.lock").unlink(missing_ok=True)
+    (root / ".imagenet.lock").unlink(missing_ok=True)
     before = files_in(root)
     assert data_at(root).train_size == 12
     assert files_in(root) == before

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import rld_lightning.hydra.resolvers  # noqa: F401  (resolvers for the configuration that ranks load)
 from rld_lightning import forked_processes
-from rld_lightning.console import print_line, quiet_lightning, reset_console, start_new_line
+from rld_lightning.console import print_line, print_messages_as_lines, quiet_lightning, reset_console, start_new_line
 from rld_lightning.distributed import (
     GRACE,
     JOB,
@@ -292,6 +292,7 @@ def _rank(task: str, folder: Path) -> int:
     update_rank()
     reset_console()
     quiet_lightning()
+    print_messages_as_lines()
     try:
         module, function = task.split(":")
         with stop_on_signals():
