@@ -26,6 +26,7 @@ from rld_lightning.models.fingerprint import fingerprint
 from rld_lightning.models.hold_outside import hold_outside
 from rld_lightning.models.taps import forward_with_taps
 from rld_lightning.models.teacher.frozen import FrozenTeacher
+from rld_lightning.mps import image_layout
 from rld_lightning.optimizer_step import accumulation_factor, fused
 from rld_lightning.runs.checkpoint_form import refuse_other_contents
 from rld_lightning.schedule import make_schedule, remember_first_rates, rescale
@@ -123,10 +124,14 @@ class DistillationModule(LightningModule):
             super().__setattr__(name, value)
 
     def setup(self, stage: str) -> None:
-        """Moves the teacher to the student's device, or its shards to this machine's devices."""
+        """Sets the device's layout; moves the teacher to the student's device, or its shards to this machine's."""
+        device = self.trainer.strategy.root_device
+        if image_layout(device) == torch.contiguous_format:
+            for trained in (self.student, self.loss):
+                trained.to(memory_format=torch.contiguous_format)
         if self.teacher is not None:
             processes = self.trainer.world_size // self.trainer.num_nodes
-            self.teacher.place(self.trainer.strategy.root_device, processes)
+            self.teacher.place(device, processes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the student's logits ``(B, C)``."""

@@ -1,4 +1,4 @@
-"""What Apple's GPUs lack in PyTorch (device ``mps``): float64, and in older versions some operators."""
+"""What Apple's GPUs lack in PyTorch (``mps``): float64; in older versions channels-last layout and some operators."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,15 @@ from torch import Tensor
 def widest_float(device: torch.device) -> torch.dtype:
     """Returns float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def image_layout(device: torch.device) -> torch.memory_format:
+    """Returns the layout of images and networks on a device: channels-last, or contiguous on an Apple GPU.
+
+    There, the gradient of a channels-last batch norm is wrong or an error, in PyTorch 2.11 among others
+    (https://github.com/pytorch/pytorch/issues/175189, which pull request 188371 mended in June 2026).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def lacks(operator: str, device: torch.device) -> bool:

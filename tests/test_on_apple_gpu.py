@@ -52,7 +52,8 @@ def fitted(folder, accelerator, loss, **options):
     """Trains two epochs on digits; returns what was logged, the losses, the devices and the weights."""
     torch.manual_seed(0)
     teacher, student = create_model("resnet8", 10), create_model("resnet8", 10)
-    frozen = FrozenTeacher(teacher, fuse=True)
+    student.to(memory_format=torch.channels_last)  # whose gradient would be wrong on an Apple GPU
+    frozen = FrozenTeacher(teacher, channels_last=True)
     data = DigitsDataModule(batch_size=128, subset=0.3, strong_view=loss.needs_strong_view, val_fraction=0.1, **options)
     if not (loss.needs_strong_view or options):
         frozen.use_table(LogitsTable(folder / f"{accelerator}.logits", 1437 * 2 * 81, 10, "float32"))
@@ -79,10 +80,10 @@ def test_a_run_is_that_of_a_cpu(apple_gpu, tmp_path, loss, options):
     assert apple_gpu.called
     assert [loss for _, loss in own_losses] == pytest.approx([loss for _, loss in losses], rel=1e-3)
     assert logged == pytest.approx(expected, rel=1e-2, abs=1e-3)
-    torch.testing.assert_close(own_weights, weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(own_weights, weights, rtol=1e-3, atol=1e-3)
     assert not any(isinstance(value, AppleTensor) for value in own_weights.values())
     saved = [torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("cpu", "mps")]
-    torch.testing.assert_close(saved[1], saved[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(saved[1], saved[0], rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_asked_of_the_device(apple_gpu):

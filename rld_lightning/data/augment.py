@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rld_lightning.mps import image_layout
+
 Device = torch.device | str
 
 
@@ -81,7 +83,9 @@ def crop_flip(padded: Tensor, index: Tensor, draw: CropFlip, height: int, width:
 
 
 class Normalize:
-    """Converts uint8 images ``(B, H, W, 3)`` to normalised float32 ``(B, 3, H, W)`` in ``channels_last`` memory format.
+    """Converts uint8 images ``(B, H, W, 3)`` to normalised float32 ``(B, 3, H, W)`` in the device's layout.
+
+    The layout is ``channels_last``, except on Apple's GPUs (:func:`~rld_lightning.mps.image_layout`).
 
     Computes ``(x / 255 - mean) / std`` in this order and precision: on a CPU and on CUDA bit-identical to torchvision's
     ``ToTensor`` followed by ``Normalize``.
@@ -103,7 +107,9 @@ class Normalize:
         self.std = torch.tensor(std, device=device).expand(shape).contiguous()
         # A tensor on the device, because CUDA divides by a Python number through its rounded reciprocal.
         self.scale = torch.tensor(255.0, device=device)
+        self.layout = image_layout(torch.device(device))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalises a batch, without synchronising with the device."""
-        return images.float().div_(self.scale).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        normalised = images.float().div_(self.scale).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        return normalised.contiguous(memory_format=self.layout)

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     """A batch of a loader, on the training device; ``x, y = batch[:2]`` are images and labels.
 
     Attributes:
-        images: normalised float32 images ``(B, 3, H, W)`` in ``channels_last`` memory format.
+        images: normalised float32 images ``(B, 3, H, W)``, ``channels_last`` except on Apple's GPUs.
         label: classes, int64 ``(B,)``.
         index: positions in the split, int64 ``(B,)``; losses with a memory bank need them.
         strong: strongly augmented views of the same samples, otherwise like ``images``; ``None`` unless

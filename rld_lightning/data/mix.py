@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rld_lightning.mps import image_layout
+
 
 class Other(NamedTuple):
     """The second label of each image in a mixed batch."""
@@ -72,7 +74,7 @@ def mix_images(images: Tensor, draw: MixDraw) -> Tensor:
     """Mixes images ``(B, 3, H, W)``, each with the one before it, the first with the last."""
     others = images.roll(1, 0)
     if draw.box is None:
-        return torch.lerp(others, images, draw.share).contiguous(memory_format=torch.channels_last)
+        return torch.lerp(others, images, draw.share).contiguous(memory_format=image_layout(images.device))
     top, bottom, left, right = draw.box
     mixed = images.clone(memory_format=torch.preserve_format)
     mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]

@@ -14,6 +14,7 @@ from rld_lightning.models.weights.companion_files import find_weights
 from rld_lightning.models.weights.facts import WeightsFacts, facts_of
 from rld_lightning.models.weights.read import Weights, WeightsError
 from rld_lightning.models.weights.verify import create_fitting
+from rld_lightning.mps import image_layout
 
 if TYPE_CHECKING:
     from rld_lightning.models.preprocessing import Picture
@@ -67,7 +68,7 @@ class Student(nn.Module):
             return []
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         images = torch.stack([self.transform(picture) for picture in pictures]).to(device)
-        best = self(images.contiguous(memory_format=torch.channels_last)).float().softmax(1)
+        best = self(images.contiguous(memory_format=image_layout(device))).float().softmax(1)
         most_likely = best.topk(min(top, len(self.classes)), 1)
         return [
             [Prediction(self.classes[index], value) for value, index in zip(values, indices, strict=True)]

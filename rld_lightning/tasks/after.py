@@ -23,6 +23,7 @@ from rld_lightning.models.teacher.fold import fold_if_same
 from rld_lightning.models.teacher.frozen import FrozenTeacher
 from rld_lightning.models.weights.read import split_part
 from rld_lightning.module import DistillationModule
+from rld_lightning.mps import image_layout
 from rld_lightning.package_files import script_command
 from rld_lightning.reporting.networks import Network, table_of, write_networks
 from rld_lightning.runs.files import ALONE, NETWORKS, NETWORKS_CLASSES, STUDENT, SUMMARY, write_csv
@@ -113,7 +114,7 @@ def _measure(
     classes = class_results(module.results["per_class"], list(data.class_names))
     device = trainer.strategy.root_device
     parameters, macs = count_parameters(network), count_macs(network, data.image_shape)
-    timed, shape = _as_timed(network, data.image_shape)
+    timed, shape = _as_timed(network, data.image_shape, image_layout(device))
     speed = images_per_second(timed.to(device), shape, batch_size=1, seconds=0.5)
     teacher = network.teacher if isinstance(network, _Logits) else None
     measured = Network(
@@ -129,14 +130,16 @@ def _measure(
     return measured, classes
 
 
-def _as_timed(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Returns a network with its batch norms folded, in channels-last layout, and the shape of its own images.
+def _as_timed(
+    network: nn.Module, image_shape: tuple[int, int, int], layout: torch.memory_format
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Returns a network with its batch norms folded, in the device's layout, and the shape of its own images.
 
     A run's teacher is so if its loss allows it: otherwise a student of the same architecture would look slower.
     """
     teacher = network.teacher if isinstance(network, _Logits) else None
     model, shape = (network, image_shape) if teacher is None else (teacher.model, teacher.input_shape(image_shape))
-    return fold_if_same(model.eval(), shape)[0].to(memory_format=torch.channels_last), shape
+    return fold_if_same(model.eval(), shape)[0].to(memory_format=layout), shape
 
 
 @rank_zero_only

@@ -73,7 +73,10 @@ class AppleTensor(Tensor):
             device, dtype = _wanted(args[1:], kwargs)
             moved = ToCpu.apply(args[0]) if device is not None and device.type == "cpu" else args[0]
             copied = args[0].clone() if kwargs.get("copy") and moved is args[0] else moved
-            return copied if dtype in (None, copied.dtype) else torch.ops.aten._to_copy(copied, dtype=dtype)
+            layout = kwargs.get("memory_format", torch.preserve_format)
+            if dtype in (None, copied.dtype) and (layout == torch.preserve_format or _has_layout(copied, layout)):
+                return copied
+            return torch.ops.aten._to_copy(copied, dtype=dtype or copied.dtype, memory_format=layout)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -130,6 +133,8 @@ def _run(function, args, kwargs):
         raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device.")
     if name == "_adaptive_avg_pool2d" and any(x % y for x, y in zip(args[0].shape[-2:], args[1], strict=True)):
         raise RuntimeError("Adaptive pool MPS: input sizes must be divisible by output sizes.")
+    if "batch_norm" in name and args[0].ndim == 4 and not args[0].values_on_cpu.is_contiguous():
+        raise RuntimeError(f"the gradient of {name} would be wrong: its input is in channels-last layout")
     given = {id(value.values_on_cpu): value for value in inputs}
 
     def wrap(value):
@@ -162,6 +167,10 @@ class _Functions(TorchFunctionMode):
             if _is_mps(device):
                 return ToMps.apply(function(args[0], dtype or args[0].dtype, **_layout(kwargs)))
         return function(*args, **kwargs)
+
+
+def _has_layout(values, layout):
+    return values.ndim != 4 or values.is_contiguous(memory_format=layout)
 
 
 def _layout(kwargs):

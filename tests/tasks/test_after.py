@@ -108,14 +108,17 @@ def test_networks_are_timed_on_equal_terms(fused):
     wanted = network.eval()(images)
     teacher = FrozenTeacher(copy.deepcopy(network), channels_last=True, fuse=fused)
     shape = (3, 16, 16)
-    for timed, taken in (_as_timed(network.train(), shape), _as_timed(_Logits(teacher), shape)):
+    for timed, taken in (
+        _as_timed(network.train(), shape, torch.channels_last),
+        _as_timed(_Logits(teacher), shape, torch.channels_last),
+    ):
         assert taken == shape
         assert not any(isinstance(part, nn.BatchNorm2d) for part in timed.modules())
         convolutions = [part for part in timed.modules() if isinstance(part, nn.Conv2d) and part.weight.shape[2] > 1]
         assert all(part.weight.is_contiguous(memory_format=torch.channels_last) for part in convolutions)
         torch.testing.assert_close(timed(images), wanted, rtol=1e-4, atol=1e-4)
     resized = FrozenTeacher(network, renormalise=Renormalise(*2 * [((0.5,) * 3, (0.2,) * 3)], size=(8, 8)))
-    assert _as_timed(_Logits(resized), shape)[1] == (3, 8, 8), "as the teacher sees them"
+    assert _as_timed(_Logits(resized), shape, torch.channels_last)[1] == (3, 8, 8), "as the teacher sees them"
 
 
 @pytest.mark.parametrize(("name", "told"), [("resnet8@32", ""), ("my.nets:small@32", " name=my.nets:small@32")])

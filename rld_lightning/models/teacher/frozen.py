@@ -15,6 +15,7 @@ from rld_lightning.models.teacher.fold import fold_if_same, fuse_conv_bn
 from rld_lightning.models.teacher.full_precision_linear import FullPrecisionLinear, last_linear
 from rld_lightning.models.teacher.logits_table import LogitsTable
 from rld_lightning.models.teacher.resident_table import resident
+from rld_lightning.mps import image_layout
 
 DTYPES = {
     "float32": torch.float32,
@@ -36,7 +37,7 @@ class FrozenTeacher(nn.Module):
             etc. and by autocast. ``None`` leaves the model unchanged and follows autocast, except for the last linear
             layer, which computes the logits in float32: in bfloat16 several classes would often have equal logits, and
             methods that compare them would decide by chance.
-        channels_last: keep weights and images in channels-last layout.
+        channels_last: keep weights and images in channels-last layout (except on an Apple GPU, see :meth:`place`).
         fuse: fold every BatchNorm that follows a convolution into it; logits are equal up to rounding, and features
             can no longer be tapped. It is faster together with ``channels_last``, but not with ``torch.compile``.
         shard: shard the weights over the processes of each machine (done by :meth:`place`), for a teacher that does not
@@ -202,6 +203,9 @@ class FrozenTeacher(nn.Module):
         if self.table is not None:
             self.table = resident(self.table, device)
         if not self.shard:
+            if image_layout(device) == torch.contiguous_format:
+                self.memory_format = torch.contiguous_format
+                self.model.to(memory_format=self.memory_format)
             self.to(device)
             return
         if processes < 2:
