@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from rld_lightning.reporting.fonts import class_labels
 from rld_lightning.reporting.labels import shortened
 from rld_lightning.reporting.style import BLUE, SEQUENTIAL, FigureOfPanels, Panel, ink_on
 from rld_lightning.reporting.tables import Section
@@ -40,7 +41,7 @@ def confusion_figure(section: Section, name: str) -> FigureOfPanels | None:
             return FigureOfPanels(name, caption, (_matrix_panel(matrix, row),))
         errors = _errors(matrix)
         caption = f"The most frequent confusions of {row} {where}: in percent of the class's images."
-        return FigureOfPanels(name, caption, (_errors_panel(errors, row),)) if len(errors) else None
+        return FigureOfPanels(name, caption, (_errors_panel(errors, list(matrix), row),)) if len(errors) else None
     return None
 
 
@@ -91,7 +92,7 @@ def _matrix_panel(matrix: pd.DataFrame, row: str) -> Panel:
                         color=ink_on(colours(value / 100)),
                     )  # fmt: skip
         ticks = [place + 0.5 for place in range(len(shares))]
-        names = [shortened(name, _LONGEST_NAME) for name in shares]
+        names = [shortened(name, _LONGEST_NAME) for name in class_labels(list(shares))]
         axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
         axes.set_yticks(ticks, names)
         axes.set(xlabel="predicted", ylabel="class")
@@ -104,10 +105,11 @@ def _matrix_panel(matrix: pd.DataFrame, row: str) -> Panel:
     return Panel("", f"Confusion matrix of {row}. Most frequent: {worst or 'no error'}.", draw, (side + 0.4, side))
 
 
-def _errors_panel(errors: pd.Series, row: str) -> Panel:
+def _errors_panel(errors: pd.Series, classes: list[str], row: str) -> Panel:
     def draw(axes: Axes) -> None:
         shown = errors[::-1]
-        names = [" taken for ".join(shortened(name, _LONGEST_NAME) for name in pair) for pair in shown.index]
+        labels = dict(zip(classes, class_labels(classes), strict=True))
+        names = [" taken for ".join(shortened(labels[name], _LONGEST_NAME) for name in pair) for pair in shown.index]
         bars = axes.barh(range(len(shown)), shown.to_numpy(), color=BLUE, height=0.6)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.set_yticks(range(len(shown)), names)

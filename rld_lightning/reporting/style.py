@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rld_lightning.atomic_files import write_whole
+from rld_lightning.reporting.fonts import add_fonts
 
 # Okabe and Ito, "Color Universal Design", 2008; without their yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -101,11 +102,12 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 def write_figure(figure: Figure, path: Path, *, dpi: float) -> None:
     """Writes a figure atomically, in the format of the file's suffix, and without a date."""
     kind = path.suffix[1:]
-    write_whole(path, _saved(figure, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind)))
+    write_whole(path, saved(figure, format=kind, dpi=dpi, metadata=_NO_DATE.get(kind)))
 
 
-def _saved(figure: Figure, **options: Any) -> bytes:
-    """A figure as a file's content, without a warning for each character of a name that the font lacks."""
+def saved(figure: Figure, **options: Any) -> bytes:
+    """A figure as a file's content, without a warning for each character of a name that no font has."""
+    add_fonts(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # it would print the character as it is
         figure.savefig(buffer := io.BytesIO(), **options)
@@ -125,7 +127,7 @@ def page_svg(draw: Callable[[], Figure]) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    text = _saved(figure, format="svg", transparent=True, metadata=_NO_DATE["svg"]).decode()
+    text = saved(figure, format="svg", transparent=True, metadata=_NO_DATE["svg"]).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
     for colour, name in _PAGE_COLOURS.items():
@@ -172,7 +174,7 @@ class FigureOfPanels:
         rows = -(-len(self.panels) // columns)
         width = sum(panel.size[0] for panel in self.panels[:columns])
         height = rows * max(panel.size[1] for panel in self.panels)
-        with matplotlib.rc_context(_PANEL_STYLE):
+        with matplotlib.rc_context(_PANEL_STYLE | {"svg.fonttype": "path"}):
             figure = Figure(figsize=(max(width, 4.4), height), layout="constrained")
             places = list(figure.subplots(rows, columns, squeeze=False).flat)
             for place, panel in zip(places, self.panels, strict=False):

@@ -12,8 +12,9 @@ try:
 except ImportError as error:
     raise ImportError("pictures need matplotlib: pip install 'rld-lightning[report]'.") from error
 
+from rld_lightning.reporting.fonts import class_labels
 from rld_lightning.reporting.labels import shortened
-from rld_lightning.reporting.style import GREY, STUDENT, TEACHER, TRUE_CLASS, styled
+from rld_lightning.reporting.style import GREY, STUDENT, TEACHER, TRUE_CLASS, saved, styled
 
 CLASSES_SHOWN = 6
 IMAGE_SIDE = 96  # CIFAR-sized images are hard to see in a table
@@ -31,6 +32,7 @@ def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Im
     most[label] = 2.0  # always shown, and first
     shown = most.topk(min(CLASSES_SHOWN, len(most))).indices.tolist()
     colours = {"teacher": TEACHER, "student": STUDENT, "refined": GREY}
+    labels = class_labels(class_names)
     figure = Figure(figsize=(1.0 + 1.3 * len(views), 1.5), layout="constrained")
     panels = figure.subplots(1, len(views), sharey=True, squeeze=False)[0]
     for axes, (name, view) in zip(panels, views.items(), strict=True):
@@ -50,11 +52,9 @@ def draw(views: dict[str, Tensor], label: int, class_names: Sequence[str]) -> Im
                 color="white" if inside else "black",
             )
         axes.set(title=name, xlim=(0, 1), xticks=())
-        axes.set_yticks(range(len(shown)), [shortened(class_names[k], LONGEST_NAME) for k in shown])
+        axes.set_yticks(range(len(shown)), [shortened(labels[k], LONGEST_NAME) for k in shown])
     panels[0].invert_yaxis()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(saved(figure, dpi=120))).convert("RGB")
 
 
 def enlarged(pixels: Tensor) -> Image.Image:

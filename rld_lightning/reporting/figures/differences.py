@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rld_lightning.losses.numerics import standardize
 from rld_lightning.reporting.figures import register_figure
+from rld_lightning.reporting.fonts import class_labels
 from rld_lightning.reporting.logits import LogitSource
 from rld_lightning.reporting.style import DIVERGING, PALE, SEQUENTIAL, save_figure, styled
 from rld_lightning.reporting.tables import Section, choose_pair
@@ -169,7 +170,7 @@ def _draw_map(axes: Axes, cells: Tensor, class_names: list[str], **scale: Any) -
     if leftmost:
         axes.set_ylabel("true class")
     if len(class_names) <= MOST_NAMES:
-        places = range(len(class_names))
+        class_names, places = class_labels(class_names), range(len(class_names))
         axes.set_xticks(places, class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
         axes.set_yticks(places, class_names if leftmost else [])
     for side in axes.spines.values():

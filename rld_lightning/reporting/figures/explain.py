@@ -16,6 +16,7 @@ from rld_lightning.losses.rld import RLDLoss
 from rld_lightning.reporting.figures import register_figure, toy
 from rld_lightning.reporting.figures.explain_page import write_page
 from rld_lightning.reporting.figures.refine import Refinement, default_rld, refine, rld_of
+from rld_lightning.reporting.fonts import class_labels
 from rld_lightning.reporting.logits import LogitSource, RunLogits
 from rld_lightning.reporting.style import (
     DARK_GREY,
@@ -182,8 +183,9 @@ def draw_refinement(
     panels["confidence"].set_title("RLD, SCD: how sure" if loss.alpha else "SCD: switched off")
     for axes in (panels["probs"], correlation):
         axes.set(xlabel=_probability(loss.temperature), xlim=(0, None))
+    labels = class_labels(class_names)
     for axes in (logits, panels["probs"], correlation):
-        axes.set_yticks(range(len(rows)), [_name(class_names[index], index, sample) for index in rows])
+        axes.set_yticks(range(len(rows)), [_name(labels[index], index, sample) for index in rows])
         axes.tick_params(left=False, labelleft=axes is logits)
         axes.set_ylim(len(rows) + (0.6 if rest else -0.4), -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(4))
