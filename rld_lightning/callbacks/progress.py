@@ -8,13 +8,14 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, Timer
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
 from rich.progress import ProgressColumn, Task, TextColumn
 from rich.table import Column
 
 from rld_lightning.console import console, duration, print_line
 from rld_lightning.progress_bar import BAR, PRINT_SECONDS, TimeLeft
+from rld_lightning.trainer_callbacks import callbacks_of
 
 # Metrics that the bar shows: name as logged, and label.
 _SHOWN = {"loss": "loss", "val/top1": "top-1 %"}
@@ -47,8 +48,8 @@ class RunProgress(RichProgressBar):
         """Counts a batch and redraws if it is time."""
         self._batches += 1
         # Not after each batch: reading the values synchronises with the device.
-        now = time.monotonic()
-        if self.is_enabled and (trainer.is_last_batch or now - self._drawn >= 1 / self.refresh_rate):
+        now, is_last = time.monotonic(), trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if self.is_enabled and (is_last or now - self._drawn >= 1 / self.refresh_rate):
             self._drawn = now
             super().on_train_batch_end(trainer, pl_module, *args)
             if self._is_time_to_print():
@@ -83,13 +84,19 @@ class RunProgress(RichProgressBar):
         print_line(name, ", ".join([*parts, *([] if seconds is None else [f"{duration(seconds)} left"])]))
 
     def seconds_left(self, trainer: Trainer) -> float | None:
-        """Returns the time left of the run, or of an evaluation, at the mean pace so far; None if unknown."""
+        """Returns the time left of the run, or of an evaluation, at the mean pace so far; None if unknown.
+
+        ``trainer.max_time`` may end the run earlier.
+        """
         began, before = self._began
         total = _batches_in_all(trainer)
-        if total is None or self._batches <= before:
+        if self._batches <= before:
             return None
         pace = (time.monotonic() - began) / (self._batches - before)
-        return pace * max(0, total - self._batches)
+        ends = [] if total is None else [pace * (total - self._batches)]
+        timers = [] if trainer.testing else callbacks_of(trainer, Timer)
+        ends += [left for timer in timers if (left := timer.time_remaining()) is not None]
+        return max(0.0, min(ends)) if ends else None
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Returns the columns before the metrics, which Lightning adds."""
@@ -150,5 +157,10 @@ def _batches_in_all(trainer: Trainer) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):
         ends.append(trainer.max_epochs * int(trainer.num_training_batches))
     if trainer.max_steps >= 0:
-        ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        every, of_epoch, full = trainer.accumulate_grad_batches, trainer.num_training_batches, 0
+        steps = trainer.max_steps
+        if not math.isinf(of_epoch):  # an epoch's last step may have fewer batches
+            epochs, steps = divmod(steps, math.ceil(of_epoch / every))
+            full = epochs * int(of_epoch)
+        ends.append(full + steps * every)
     return min(ends) if ends else None

@@ -3,10 +3,12 @@
 import math
 import re
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from rich import get_console, reconfigure
 
@@ -15,8 +17,9 @@ from rld_lightning.callbacks.progress import _batches_in_all
 from rld_lightning.console import reset_console
 
 
-def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1):
+def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1, callbacks=()):
     return SimpleNamespace(
+        callbacks=callbacks,
         max_epochs=max_epochs,
         max_steps=max_steps,
         num_training_batches=batches,
@@ -31,6 +34,9 @@ def trainer(max_epochs=4, max_steps=-1, batches=10, accumulate=1):
         (trainer(), 40),
         (trainer(max_steps=15), 15),
         (trainer(max_steps=15, accumulate=2), 30),
+        (trainer(max_steps=10, batches=13, accumulate=3), 26),  # an epoch has steps of 3, 3, 3, 3 and 1 batches
+        (trainer(max_steps=12, batches=13, accumulate=3), 32),
+        (trainer(max_epochs=None, max_steps=7, batches=math.inf, accumulate=2), 14),
         (trainer(max_epochs=-1), None),
         (trainer(max_epochs=None, max_steps=7), 7),
         (trainer(batches=math.inf), None),
@@ -45,8 +51,32 @@ def test_time_left_uses_the_pace_since_the_start_of_this_process():
     bar._began, bar._batches = (time.monotonic() - 20, 10), 20  # 2 s a batch, after a run that went on from 10
     assert bar.seconds_left(trainer()) == pytest.approx(40, rel=0.01)
     assert bar.seconds_left(trainer(max_epochs=-1)) is None
+    timer = Timer(timedelta(seconds=30))  # trainer.max_time
+    timer.time_elapsed = lambda _: 5.0
+    assert bar.seconds_left(trainer(callbacks=[timer])) == 25
+    assert bar.seconds_left(trainer(max_epochs=-1, callbacks=[timer])) == 25
+    timer.time_elapsed = lambda _: -90.0
+    assert bar.seconds_left(trainer(callbacks=[timer])) == pytest.approx(40, rel=0.01)
     bar._batches = 10
     assert bar.seconds_left(trainer()) is None  # unknown at the first batch
+
+
+def test_bar_counts_the_last_batch_of_a_run_that_ends_within_an_epoch(tmp_path):
+    counted = []
+
+    class Looks(RunProgress):
+        def on_train_end(self, *arguments):
+            counted.append(self.progress.tasks[0].completed)
+            super().on_train_end(*arguments)
+
+    bar = Looks()
+    bar._drawn = math.inf  # no redraw is due
+    run = Trainer(
+        default_root_dir=tmp_path, max_steps=2, limit_train_batches=5, limit_val_batches=0, callbacks=[bar],
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    run.fit(BoringModel())
+    assert counted == [2]
 
 
 class Model(BoringModel):
