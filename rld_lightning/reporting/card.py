@@ -18,6 +18,8 @@ from rld_lightning.runs.finished import Run
 CHOSEN_ON_TEST = (
     "the epoch was chosen on the test split itself, so its accuracy there is somewhat higher than on other images"
 )
+# Of held-out training images.
+TEACHER_MAY_KNOW = "The teacher's accuracy is too high if it was trained on these images, too."
 _MOST_CLASSES = 20
 
 
@@ -83,7 +85,8 @@ def model_card(
         "## Results",
         _table(("", "student", "teacher"), _results(student, run, top1, is_last=is_last)),
         f"Accuracy is that of the {checkpoint} epoch on {_text(summary.validation_images)}."
-        + ("" if is_last else f" {_selection_note(run)}"),
+        + ("" if is_last else f" {_selection_note(run)}")
+        + (f" {TEACHER_MAY_KNOW}" if summary.teacher_top1 is not None and summary.val_fraction > 0 else ""),
         *(_comparison(run) if is_last else ()),  # the comparison is of the last epoch
         "## Training",
         _table(("", ""), _training(run)),

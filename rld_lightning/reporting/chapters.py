@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rld_lightning.reporting import plots
+from rld_lightning.reporting.card import TEACHER_MAY_KNOW
 from rld_lightning.reporting.confusion import confusion_figure
 from rld_lightning.reporting.known_cost import CostOf, training_cost
 from rld_lightning.reporting.labels import mean_and_std, short_value
@@ -97,7 +98,7 @@ class Chapter:
         if self.section.on_test and self.section.teacher and not self.published:
             notes.append("Nothing is published about this pair in the tables of this package.")
         if self.section.teacher_top1 and not self.section.on_test:
-            notes.append("The teacher's accuracy is too high if it was trained on these images, too.")
+            notes.append(TEACHER_MAY_KNOW)
         for name, unshared in self.section.runs.groupby("name", sort=False)["unshared"]:
             if keys := not_shared(list(unshared)):
                 notes.append(

@@ -91,7 +91,7 @@ def cost(cfg: DictConfig) -> list[Row]:
     write_json(folder / COST, facts | {"rows": [asdict(row) for row in rows]})
     _print(rows, sizes, machine, where)
     files = {COST: "these numbers"}
-    if _draw(rows, sizes[0], f"{machine}; accuracy on {where}", folder):
+    if _draw(rows, sizes[0], f"{machine}\naccuracy on {where}{_other_images(rows, run.summary.images)}", folder):
         files["cost.png"] = "accuracy against latency"
     print_files(folder, files)
     return rows
@@ -192,6 +192,12 @@ def _print(rows: Sequence[Row], sizes: Sequence[int], machine: str, accuracy_on:
             times = [f"{value:.2f}" for value in (found.p50, found.p90, found.p99)]
             lines.append((f"{row.role} {row.backend}", *times, f"{found.images_per_s:,.0f}", found.batches))
         print_table(f"Batch of {size}, {machine}", ("", "ms p50", "p90", "p99", "images/s", "n"), lines)
+
+
+def _other_images(rows: Sequence[Row], usual: int) -> str:
+    """Returns what accuracies were measured on if not on all of the run's images: an export's may be on fewer."""
+    fewer = {row.backend: row.top1_images for row in rows if row.top1 is not None and row.top1_images != usual}
+    return "".join(f", of {backend.replace('_', ' ')} on {images:,} of them" for backend, images in fewer.items())
 
 
 def _draw(rows: Sequence[Row], batch_size: int, below: str, folder: Path) -> bool:

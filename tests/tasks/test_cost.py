@@ -8,12 +8,12 @@ import yaml
 from helpers.configs import compose
 from helpers.exports import digits_facts, digits_run
 
-from rld_lightning.bench.latency import measure
+from rld_lightning.bench.latency import Measured, measure
 from rld_lightning.errors import UserError
 from rld_lightning.models import count_macs, count_parameters, create_model
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.runs.finished import read_run
-from rld_lightning.tasks.cost import _exported_top1, cost, measure_cost, networks
+from rld_lightning.tasks.cost import Row, _exported_top1, _other_images, cost, measure_cost, networks
 
 options = partial(compose, name="cost", resolve=False)
 
@@ -87,6 +87,15 @@ def test_accuracy_of_an_export_is_read_only_in_range(run, top1, images, read):
     files = [{"format": "onnx_int8", "top1": top1, "images": images}]
     (run / "export" / "export.json").write_text(json.dumps({"files": files}))
     assert _exported_top1(read_run(run)) == read
+
+
+def test_figure_tells_which_accuracy_is_of_fewer_images():
+    def row(backend, top1, images):
+        return Row("student", "resnet8", backend, 1, 1, None, top1, images, Measured())
+
+    rows = [row("eager", 60.0, 10_000), row("onnx", 60.0, 10_000), row("onnx_int8", 59.0, 1_000)]
+    assert _other_images(rows, 10_000) == ", of onnx int8 on 1,000 of them"
+    assert _other_images([*rows[:2], row("onnx_int8", None, None)], 10_000) == ""
 
 
 def test_network_that_does_not_take_the_images_is_not_measured(run, monkeypatch):

@@ -246,6 +246,7 @@ def test_best_epoch_is_exported_beside_the_last_with_its_accuracy(tmp_path, caps
         assert ("agreement with the teacher" in card) == (folder == "export")  # known of the last epoch alone
         images = "5,000 held-out training images (stratified)" if held_out else "the test split (10,000 images)"
         assert f"that of the {'best' if folder == 'export_best' else 'last'} epoch on {images}." in card
+        assert ("The teacher's accuracy is too high if it was trained on these" in card) == (held_out > 0)
     assert load_student(run / "export_best").facts.top1 == 60.1
     assert ("chosen on the test split itself" in card) == (held_out == 0)
     assert ("The epoch was chosen by it" in card) == (held_out > 0)
