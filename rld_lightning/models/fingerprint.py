@@ -13,4 +13,5 @@ def fingerprint(network: nn.Module) -> Tensor:
     They are on the network's device, so that nothing waits for it.
     """
     values = network.state_dict().values()
-    return torch.stack([value.detach().view(_BITS[value.itemsize]).sum() for value in values])
+    # The dtype is stated because Apple's GPUs would add int32 in int32.
+    return torch.stack([value.detach().view(_BITS[value.itemsize]).sum(dtype=torch.int64) for value in values])
