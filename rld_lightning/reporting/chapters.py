@@ -189,17 +189,21 @@ def results(section: Section, published: Sequence[Published], sources: Sources) 
 
     Returns:
         one line per row, with :data:`RESULTS`: accuracy in percent and gains in percentage points. ``n`` is 0 for a
-        teacher's accuracy as measured by its students' runs. Also: ``ce_base`` (the baseline row, if there are
-        several), ``ce_seeds`` (the number of seeds in common, if not all are), the same for kd; the footnote ``marks``
-        of the published number, the values of ``others``, ``short_seeds``, and the ``recipe``, equal for lines that can
-        be compared.
+        teacher's accuracy as measured by its students' runs, unless a listed run has it. Also: ``ce_base`` (the
+        baseline row, if there are several), ``ce_seeds`` (the number of seeds in common, if not all are), the same for
+        kd; the footnote ``marks`` of the published number, the values of ``others``, ``short_seeds``, and the
+        ``recipe``, equal for lines that can be compared.
     """
     lines = []
+    single = set()  # accuracies of teachers' runs whose row is theirs alone
     for name, row in rows_of(section.teacher_runs).iterrows():
+        single |= {round(row["top1_last_mean"], 2)} if row["n"] == 1 else set()
         lines.append(_measured_columns(row) | {"role": "teacher", "method": f"{section.teacher}, {name}"})
         if is_published_method(row["method"], row["runs"][0].settings):
             lines[-1] |= _published_columns(TEACHER, published, sources, _departures(row["runs"]))
     for weights, top1 in section.teacher_top1.items():
+        if round(top1, 2) in single:  # it would be listed twice
+            continue
         name = f"{section.teacher}, {short_value(weights)}" if len(section.teacher_top1) > 1 else section.teacher
         lines.append({"role": "teacher", "method": name, "epochs": "-", "n": 0, "seeds": "as measured in these runs"})
         lines[-1] |= {"last_mean": top1, "short_seeds": ""}

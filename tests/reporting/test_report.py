@@ -150,6 +150,15 @@ def test_the_results_table(report):
     assert rows["wrn40_2, pair/teacher/student.safetensorsteacher, as measured in these runs"][1] == "75.60"
 
 
+@pytest.mark.parametrize(("own", "listed"), [(91.7, ["resnet20, ce"]), (90.0, ["resnet20, ce", "resnet20"])])
+def test_a_teacher_is_listed_once_if_its_run_has_the_accuracy_that_its_students_measured(tmp_path, own, listed):
+    write_run(tmp_path / "kd" / "teacher", "ce", student="resnet20", teacher=None, top1=own)
+    write_run(tmp_path / "kd", "kd", student="resnet8", teacher="resnet20", top1=60.0, teacher_top1=91.7)
+    files = write_report([tmp_path], tmp_path / "out")
+    results = pd.read_csv(files.html.parent / "results.csv")
+    assert results.loc[results["role"] == "teacher", "method"].tolist() == listed
+
+
 def test_gains_and_tests_equal_those_of_the_runs(report):
     runs = pd.read_csv(report.html.parent / "runs.csv")
     runs = runs[(runs["epochs"] == 240) & (runs["pair"] == "wrn40_2_to_wrn16_2")]

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from rld_lightning.hydra.registered_names import known
 from rld_lightning.models.classes import read_class_map
 from rld_lightning.models.normalisation import Normalisation, parse_normalisation
 from rld_lightning.models.teacher.teacher_store import TeacherStore
@@ -170,7 +171,7 @@ def standalone_config(cfg: DictConfig, name: str, weights: str | None, folder: P
     own.pop("hydra", None)
     student = {**cfg.model.student, "name": name, "weights": weights}
     own.model = OmegaConf.merge(cfg.model, {"label": name, "teacher": None, "student": student, "tuned": None})
-    own.loss = {"_target_": "rld_lightning.losses.CELoss"}
+    own.loss = dict(known().losses["ce"])  # with all its options, as loss=ce has
     own.method = "ce"
     own.print_config = False
     own.paths.run = str(folder)

@@ -16,7 +16,7 @@ from rld_lightning.runs.settings import differences, settings
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.run.plan import completed_config, with_values
+from rld_lightning.tasks.run.plan import completed_config, standalone_config, with_values
 from rld_lightning.tasks.trial import run_trial
 
 PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "recipe=quick")
@@ -71,6 +71,12 @@ def test_changed_configuration_is_a_copy():
     assert (other.recipe.epochs, other.trainer.max_epochs, other.logger.mine.name) == (7, 7, "x")
     with pytest.raises(ReadonlyConfigError):
         other.seed = 1
+
+
+def test_a_network_trained_alone_for_a_run_has_the_loss_of_a_run_with_cross_entropy(tmp_path):
+    """Otherwise a report would list the two as different settings."""
+    own = standalone_config(compose("data=digits", "loss=rld", resolve=False), "resnet8", None, tmp_path)
+    assert own.loss == compose("loss=ce", resolve=False).loss
 
 
 def test_learning_rate_scales_with_the_batch_if_requested_and_the_schedule_follows(tmp_path):
