@@ -61,7 +61,8 @@ def test_networks_are_printed_side_by_side_with_next_steps(tmp_path, capsys, mon
     export(write_run(tmp_path / "dkd" / "seed0", "dkd", **networks), "wrn16_1")
     trials.print_networks(tmp_path)
     output = capsys.readouterr().out
-    assert "digits, last of 30 epochs" in output
+    title = "digits, last of 30 epochs, top-1 on the test split (10,000 images)"
+    assert title in " ".join(output.split())
     for row in ("│ teacher ", "│ student, cross-entropy ", "│ student, DKD "):
         assert row in output
     assert f"{tmp_path / 'dkd' / 'seed0' / 'curves.png'}  learning curves, DKD" in output

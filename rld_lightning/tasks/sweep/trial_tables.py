@@ -162,7 +162,8 @@ def print_networks(folder: Path) -> None:
         seed = f", seed {run.summary.seed}" if len({other.summary.seed for other in trials}) > 1 else ""
         rows.append((f"student, {run.summary.loss}{seed}", *_measured(run.summary.model, run.summary.top1, run)))
     columns = ("", "model", "top-1 %", "parameters", "M MACs", "images/s")
-    print_table(f"{first.dataset}, last of {first.epochs} epochs", columns, rows)
+    title = f"{first.dataset}, last of {first.epochs} epochs, top-1 on {first.validation_images}"
+    print_table(title, columns, rows)
     console.print("images/s: the fastest forward pass of 64 images on this machine", style="dim")
     if caution := _may_be_chance(alone.summary, [run.summary for run in trials]):
         print_line("caution", caution)

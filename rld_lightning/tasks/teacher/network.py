@@ -216,7 +216,8 @@ def _selected(
 
 def _known(facts: WeightsFacts) -> str:
     """Describes the facts of a weights file, for the console."""
-    top1 = f"top-1 {facts.top1:.2f} %" if facts.top1 is not None else ""
+    held_out = " on held-out images" if facts.val_fraction else ""  # else of the test split, or the data's own
+    top1 = f"top-1 {facts.top1:.2f} %{held_out}" if facts.top1 is not None else ""
     epochs = f"after {facts.epochs} epoch(s)" if facts.epochs is not None else ""
     known = ", ".join(filter(None, (top1, epochs, facts.source)))
     return f" ({known})" if known else ""

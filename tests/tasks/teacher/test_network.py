@@ -13,9 +13,10 @@ from rld_lightning.models.complexity import count_macs, count_parameters
 from rld_lightning.models.factory import create_model
 from rld_lightning.models.libraries import published_classes
 from rld_lightning.models.normalisation import Normalisation
+from rld_lightning.models.weights.facts import WeightsFacts
 from rld_lightning.models.weights.save import save_weights
 from rld_lightning.tasks.teacher import network as teacher_network
-from rld_lightning.tasks.teacher.network import build_teacher, load_network
+from rld_lightning.tasks.teacher.network import _known, build_teacher, load_network
 
 LOOK = Normalisation((0.5,) * 3, (0.5,) * 3)
 
@@ -187,3 +188,9 @@ def test_images_have_the_size_of_the_training_of_the_teacher(tmp_path, data, fil
         said = f"sees images resized to {size}x{size} from 8x8"
         assert said in " ".join(capsys.readouterr().out.split())
     assert build(tmp_path, file(image_shape=[3, 32, 32]), data, image_size=None).renormalise is None
+
+
+@pytest.mark.parametrize(("share", "images"), [(None, ""), (0.0, ""), (0.2, " on held-out images")])
+def test_accuracy_of_a_file_tells_whether_images_were_held_out(share, images):
+    facts = WeightsFacts(top1=73.611, epochs=2, val_fraction=share, source="fit")
+    assert _known(facts) == f" (top-1 73.61 %{images}, after 2 epoch(s), fit)"
