@@ -108,10 +108,16 @@ def plan_teacher(settings: DictConfig | None) -> Teacher | None:
     """Reads the network to learn from from ``model.teacher``; None without one.
 
     Raises:
-        ValueError: ``mean`` and ``std`` are not three numbers each, or ``cache`` is an unknown word.
+        ValueError: ``mean`` and ``std`` are not three numbers each, ``cache`` is an unknown word, or the chosen model
+            has no teacher to set values for.
     """
     if settings is None:
         return None
+    if "cache" not in settings:  # an experiment or an added key has set some values of a model without a teacher
+        raise ValueError(
+            f"model.teacher has only {', '.join(settings)}, because the chosen model has no teacher; choose a pair "
+            "(model=pair with model.teacher.name and model.student.name), or model.teacher=null for none."
+        )
     normalisation = parse_normalisation(settings.get("mean"), settings.get("std"))
     options = {option: settings[option] for option in ("dtype", "channels_last", "fuse", "shard", "batch_statistics")}
     if settings.cache not in (True, False, "auto", "fill"):

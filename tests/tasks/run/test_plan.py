@@ -16,7 +16,7 @@ from rld_lightning.runs.settings import differences, settings
 from rld_lightning.runs.summary import read_summary
 from rld_lightning.tasks.evaluate import evaluate
 from rld_lightning.tasks.fit import fit
-from rld_lightning.tasks.run.plan import completed_config, standalone_config, with_values
+from rld_lightning.tasks.run.plan import completed_config, plan_teacher, standalone_config, with_values
 from rld_lightning.tasks.trial import run_trial
 
 PAIR = ("data=digits", "model=pair", "model.teacher.name=resnet14", "model.student.name=resnet8", "recipe=quick")
@@ -100,3 +100,9 @@ def test_batch_size_is_recorded_only_if_it_was_chosen(tmp_path):
     chosen = compose("model=wrn16_1", "loss=ce", "data=digits", "recipe=quick", "recipe.batch_size=auto")
     left = completed_config(chosen, replace(make_plan(tmp_path), teacher=None, batch_size=32))
     assert (left.data.batch_size, left.recipe.batch_size) == (32, 32)
+
+
+def test_values_of_a_teacher_that_the_model_lacks_are_refused():
+    cfg = compose("data=digits", "model=resnet8", "loss=ce", "+model.teacher.name=resnet14", resolve=False)
+    with pytest.raises(ValueError, match=r"^model.teacher has only name, because the chosen model has no teacher; "):
+        plan_teacher(cfg.model.teacher)
