@@ -192,8 +192,9 @@ def test_files_that_resize_are_compared_on_original_images(tmp_path):
     assert torch.equal(seen, sample.images)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pixels", "any_size"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("pixels", "any_size"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
 def test_all_formats_match_the_student(tmp_path, pixels, any_size):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
