@@ -71,9 +71,9 @@ class CIFAR100DataModule(InMemoryDataModule):
         if not self._missing():
             return
         if not self.download:
-            raise FileNotFoundError(f"CIFAR-100 is missing and download=False: {self._how_to_place()}")
+            raise FileNotFoundError(f"CIFAR-100 is missing and data.download=false: {self._how_to_place()}")
         if self.root.exists() and not self.root.is_dir():
-            raise NotADirectoryError(f"{self.root} is not a folder: set root to one, for CIFAR-100 to lie in.")
+            raise NotADirectoryError(f"{self.root} is not a folder: set data.root to one, for CIFAR-100 to lie in.")
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / f".{FOLDER}.lock"):
             if not self._missing():  # another process has unpacked it

@@ -125,7 +125,7 @@ def find_splits(root: Path, test_fraction: float, left_out: Counter[str] | None 
         the splits ``"train"``, ``"test"`` and, if the folder has both, ``"val"``.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: set root to a folder of class folders of images.")
+        raise FileNotFoundError(f"{root} is not a folder: set data.root to a folder of class folders of images.")
     folders = _folders_in(root)
     train, val, test = (_find_split(root, folders, split) for split in (TRAIN_FOLDER, VAL_FOLDERS[0], TEST_FOLDER))
     if val and test and not _folders_in(root / test):
@@ -139,7 +139,7 @@ def find_splits(root: Path, test_fraction: float, left_out: Counter[str] | None 
     if train and _folders_in(root / train):
         raise ValueError(
             f"{root} has {train}/ but none of {', '.join((*VAL_FOLDERS, TEST_FOLDER))} beside it: add one, or "
-            f"set root to {root / train} to hold out test_fraction of its images."
+            f"set data.root to {root / train} to hold out data.test_fraction of its images."
         )
     if folders and set(folders) <= {val, test, *VAL_FOLDERS}:
         raise ValueError(

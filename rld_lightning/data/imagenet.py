@@ -85,7 +85,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         if len(folders) == len(SPLITS):
             return
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder: set root to ImageNet's. {self._how_to_get()}")
+            raise FileNotFoundError(f"{self.root} is not a folder: set data.root to ImageNet's. {self._how_to_get()}")
         self._missing()  # before there is a lock file in a folder that is not ImageNet's
         with FileLock(self.root / ".imagenet.lock"):
             for split in self._missing():
@@ -166,5 +166,5 @@ class ImageNetDataModule(ImageFolderDataModule):
         archives = ", ".join(name for name, _ in ARCHIVE_META.values())
         return (
             f"Get {archives} at https://image-net.org, which asks for an account, and place them in {self.root}, or "
-            "set root to a folder that has train/ and val/ with class folders."
+            "set data.root to a folder that has train/ and val/ with class folders."
         )

@@ -37,7 +37,7 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
     share, remainder = divmod(batch_size, world_size)
     if remainder or share < 1:
         raise ValueError(
-            f"batch_size={batch_size} is the global batch and cannot be shared by {world_size} processes: "
+            f"data.batch_size={batch_size} is the global batch and cannot be shared by {world_size} processes: "
             f"choose a positive multiple of {world_size}."
         )
     return share
@@ -101,8 +101,8 @@ class EpochSampler(SequentialSampler):
             batches.append((full * batch_size + rank * share + torch.arange(share)) % size)
         if not batches:
             raise ValueError(
-                f"drop_last=True leaves no training batch: {size} images are fewer than batch_size={batch_size}. "
-                "Lower batch_size or set drop_last=False."
+                f"data.drop_last=true leaves no training batch: {size} images are fewer than "
+                f"data.batch_size={batch_size}. Lower it, or set data.drop_last=false."
             )
         return cls(size, batches, seed=seed, shuffle=shuffle)
 

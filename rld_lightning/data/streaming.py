@@ -323,7 +323,7 @@ class StreamingLoader(EpochLoader):
         path, reason = stacked.bad[-1]
         if self.report is None:
             raise UnreadableImagesError(
-                f"{path} cannot be read as an image ({reason}): replace or delete it, or set bad_images=replace."
+                f"{path} cannot be read as an image ({reason}): replace or delete it, or set data.bad_images=replace."
             )
         if not self.dataset.replace:
             self.report.add(stacked.bad, "it is left out of the evaluation.")

@@ -75,7 +75,7 @@ class StreamingDataModule(ImageDataModule):
             if value not in allowed:
                 raise ValueError(f"{option}={value!r} is unknown; choose {' or '.join(allowed)}.")
         if decode == "cuda" and not torch.cuda.is_available():
-            raise ValueError("decode=cuda is for NVIDIA GPUs and none is there; use decode=auto.")
+            raise ValueError("data.decode=cuda is for NVIDIA GPUs and none is there; use data.decode=auto.")
         self.name = name
         self._set_look(image_size, resize, mean, std)
         self.scale = tuple(scale)
@@ -96,12 +96,12 @@ class StreamingDataModule(ImageDataModule):
         self.resize = round(image_size / 0.875) if resize is None else resize
         if not 0 < image_size <= self.resize:
             raise ValueError(
-                f"image_size={image_size} and resize={self.resize} do not fit: the centre crop must be positive and "
-                "not larger than the resized image."
+                f"data.image_size={image_size} and data.resize={self.resize} do not fit: the centre crop must be "
+                "positive and not larger than the resized image."
             )
         if image_size > LARGEST_SIDE or self.resize > LARGEST_RESIZE:
             raise ValueError(
-                f"image_size={image_size} and resize={self.resize} are too large: {LARGEST_SIDE} and "
+                f"data.image_size={image_size} and data.resize={self.resize} are too large: {LARGEST_SIDE} and "
                 f"{LARGEST_RESIZE} pixels at most."
             )
         self.image_shape = (3, image_size, image_size)
@@ -178,7 +178,9 @@ class StreamingDataModule(ImageDataModule):
         self, split: str, sampler: EpochSampler, transform: v2.Transform, *, training: bool = False
     ) -> StreamingLoader:
         if self.decode == "cuda" and self.device.type != "cuda":
-            raise ValueError(f"decode=cuda needs a run on a GPU, and this one is on {self.device}; use decode=auto.")
+            raise ValueError(
+                f"data.decode=cuda needs a run on a GPU, and this one is on {self.device}; use data.decode=auto."
+            )
         dataset = self._dataset(
             self.splits[split],
             transform,

@@ -178,7 +178,7 @@ def test_nothing_is_written_without_bad_images(good, tmp_path, caplog):
 def test_bad_images_can_be_errors(root, split, num_workers):
     data = folder_data(root, bad_images="error", num_workers=num_workers, shuffle=False)
     loader = data.train_dataloader() if split == "train" else data.test_dataloader()
-    message = r"^\S+\.jpg cannot be read as an image \(.*\): replace or delete it, or set bad_images=replace"
+    message = r"^\S+\.jpg cannot be read as an image \(.*\): replace or delete it, or set data\.bad_images=replace"
     with pytest.raises(ValueError, match=message):
         list(loader)
 

@@ -170,12 +170,12 @@ def test_pipes_in_a_copied_folder_are_replaced(tmp_path, files, archive):
 
 def test_missing_files_without_download(tmp_path):
     data = CIFAR100DataModule(tmp_path, download=False)
-    with pytest.raises(FileNotFoundError, match=r"download=False: get https://.*, place it at .*tar.gz"):
+    with pytest.raises(FileNotFoundError, match=r"data\.download=false: get https://.*, place it at .*tar.gz"):
         data.prepare_data()
     with pytest.raises(FileNotFoundError, match=r"train is missing: call prepare_data\(\)"):
         data.setup()
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="file is not a folder: set root to one"):
+    with pytest.raises(NotADirectoryError, match=r"file is not a folder: set data\.root to one"):
         CIFAR100DataModule(tmp_path / "file").prepare_data()
 
 

@@ -448,14 +448,16 @@ def test_one_bad_file_does_not_fail_the_batch_on_the_device(folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_decoding_on_a_gpu_needs_one(tmp_path):
-    with pytest.raises(ValueError, match="decode=cuda is for NVIDIA GPUs and none is there; use decode=auto"):
+    with pytest.raises(
+        ValueError, match=r"data\.decode=cuda is for NVIDIA GPUs and none is there; use data\.decode=auto"
+    ):
         ImageFolderDataModule(tmp_path, decode="cuda")
 
 
 @pytest.mark.cuda
 def test_nvjpeg_gives_the_same_crops(folder):
     data = ready(ImageFolderDataModule(folder, image_size=16, batch_size=3, decode="cuda", num_workers=1))
-    with pytest.raises(ValueError, match="decode=cuda needs a run on a GPU, and this one is on cpu"):
+    with pytest.raises(ValueError, match=r"data\.decode=cuda needs a run on a GPU, and this one is on cpu"):
         data.train_dataloader()
     expected = merge(epoch_of(loader_of(data, "auto")))
     cuda = torch.device("cuda", 0)

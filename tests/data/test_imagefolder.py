@@ -297,7 +297,7 @@ def test_unreadable_images_are_named(tmp_path):
 
 
 def test_folder_errors_are_raised_at_setup_and_name_the_cause(root, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder: set root"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder: set data\.root"):
         folder_data(tmp_path / "nowhere")
 
     (tmp_path / "bare").mkdir()
@@ -316,7 +316,10 @@ def test_folder_errors_are_raised_at_setup_and_name_the_cause(root, tmp_path):
         folder_data(tmp_path / "differ")
 
     shutil.copytree(root / "train", tmp_path / "lonely" / "train")
-    with pytest.raises(ValueError, match=r"lonely has train/ but none of val, .*, test beside it: .* set root to"):
+    with pytest.raises(
+        ValueError,
+        match=r"lonely has train/ but none of .*, test beside it: .* data\.root to .* hold out data\.test_fraction",
+    ):
         folder_data(tmp_path / "lonely")
 
     shutil.copytree(root / "val", tmp_path / "untrained" / "val")
@@ -418,7 +421,7 @@ def test_numbers_in_text_order_give_a_caution(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 32, "resize": 16}, "image_size=32 and resize=16 do not fit"),
+        ({"image_size": 32, "resize": 16}, "data.image_size=32 and data.resize=16 do not fit"),
         ({"test_fraction": 0}, r"test_fraction=0 must be in \(0, 1\)"),
     ],
 )

@@ -190,7 +190,7 @@ def test_missing_archives_are_named_before_anything_is_unpacked(root, missing, m
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder: set root to ImageNet's"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder: set data\.root to ImageNet's"):
         data_at(tmp_path / "nowhere")
 
 

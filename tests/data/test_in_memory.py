@@ -278,7 +278,9 @@ def test_a_split_that_cannot_be_stratified_is_refused():
 
 
 def test_batch_size_must_be_divisible_by_the_number_of_processes():
-    with pytest.raises(ValueError, match="batch_size=12 is the global batch and cannot be shared by 5 processes"):
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size=12 is the global batch and cannot be shared by 5 processes"
+    ):
         toy(world_size=5).train_dataloader()
 
 

@@ -111,7 +111,7 @@ def test_order_is_a_new_permutation_in_each_epoch():
             lambda: training(batch_size=10, world_size=3),
             r"batch_size=10 .* 3 processes: choose a positive multiple of 3",
         ),
-        (lambda: training(size=8, drop_last=True), "drop_last=True leaves no training batch: 8 images"),
+        (lambda: training(size=8, drop_last=True), "data.drop_last=true leaves no training batch: 8 images"),
         (lambda: EpochSampler.for_evaluation(10, 0), "eval_batch_size=0 must be at least 1"),
         (lambda: EpochSampler.for_evaluation(2, 8, world_size=3), "2 images cannot be evaluated by 3 processes"),
     ],

@@ -79,8 +79,8 @@ class ShardsDataModule(StreamingDataModule):
     ) -> None:
         if streams < 1 or (mixed_shards is not None and mixed_shards < streams):
             raise ValueError(
-                f"mixed_shards={mixed_shards} and streams={streams} do not fit: at least one stream, and at least one "
-                "shard for each."
+                f"data.mixed_shards={mixed_shards} and data.streams={streams} do not fit: at least one stream, and at "
+                "least one shard for each."
             )
         if cache_gb < 0:
             raise ValueError(f"cache_gb={cache_gb} must be 0 or more; 0 fetches each image on its own.")
@@ -167,14 +167,14 @@ class ShardsDataModule(StreamingDataModule):
         needed = sum(sizes[:window]) / 1e9
         if needed > self.cache_gb:
             raise ShardError(
-                f"cache_gb={self.cache_gb:g} is too little: mixed_shards={self.mixed_shards} and those ahead of them "
-                f"take {needed:.3g} GB. Raise cache_gb, mix fewer shards, or pack smaller ones."
+                f"data.cache_gb={self.cache_gb:g} is too little: data.mixed_shards={self.mixed_shards} and those ahead "
+                f"of them take {needed:.3g} GB. Raise data.cache_gb, mix fewer shards, or pack smaller ones."
             )
         self.cache.mkdir(parents=True, exist_ok=True)
         remove_old_failures(self.cache)
         free = (shutil.disk_usage(self.cache).free + cached_bytes(self.cache)) / 1e9
         if (wanted := min(self.cache_gb, sum(sizes) / 1e9)) > free:
             raise ShardError(
-                f"cache_gb={self.cache_gb:g} would take {wanted:.3g} GB, and the disk of {self.cache} has {free:.3g} "
-                "GB for it: lower cache_gb or choose another folder with cache."
+                f"data.cache_gb={self.cache_gb:g} would take {wanted:.3g} GB, and the disk of {self.cache} has "
+                f"{free:.3g} GB for it: lower data.cache_gb or choose another folder with data.cache."
             )

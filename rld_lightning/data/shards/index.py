@@ -84,7 +84,7 @@ class ShardIndex:
             content = read_bytes(path, _MOST_JSON, options)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{path} does not exist: set root to a folder or an address of shards with their index, which "
+                f"{path} does not exist: set data.root to a folder or an address of shards with their index, which "
                 f"{script_command('shards')} makes from a folder of images or from shards."
             ) from error
         try:

@@ -159,7 +159,7 @@ def test_bad_images_can_be_errors(shards, tmp_path, caplog):
     caplog.set_level(logging.CRITICAL)
     root = shutil.copytree(shards, tmp_path / "shards")
     (bad,) = spoil(root, "train", 3)
-    with pytest.raises(ValueError, match=f"{bad} cannot be read as an image .* bad_images=replace"):
+    with pytest.raises(ValueError, match=f"{bad} cannot be read as an image .* data.bad_images=replace"):
         list(shards_data(root, bad_images="error").train_dataloader())
 
 
@@ -220,10 +220,10 @@ def test_shards_are_requested_once_and_ahead_of_their_images(shards):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"streams": 0}, "mixed_shards=32 and streams=0 do not fit"),
-        ({"mixed_shards": 4}, "mixed_shards=4 and streams=8 do not fit: at least one stream"),
+        ({"streams": 0}, "data.mixed_shards=32 and data.streams=0 do not fit"),
+        ({"mixed_shards": 4}, "data.mixed_shards=4 and data.streams=8 do not fit: at least one stream"),
         ({"cache_gb": -1}, "cache_gb=-1 must be 0 or more"),
-        ({"resize": LOOK["image_size"] - 1}, "image_size=16 and resize=15 do not fit"),
+        ({"resize": LOOK["image_size"] - 1}, "data.image_size=16 and data.resize=15 do not fit"),
     ],
 )
 def test_options_out_of_range_are_refused(shards, options, message):

@@ -165,10 +165,10 @@ def test_a_cache_that_is_too_small_is_refused(shards, tmp_path):
     size = (shards / "train-000000.tar").stat().st_size
     with serve(shards) as (address, _):
         with pytest.raises(
-            ShardError, match=r"cache_gb=.* is too little: mixed_shards=4 and those ahead .* take .* GB"
+            ShardError, match=r"data\.cache_gb=.* is too little: data\.mixed_shards=4 and those ahead .* take .* GB"
         ):
             shards_data(address, cache=tmp_path, cache_gb=10 * size * GB)
-        with pytest.raises(ShardError, match=r"mixed_shards=None"):
+        with pytest.raises(ShardError, match=r"data\.mixed_shards=None"):
             shards_data(address, cache=tmp_path, cache_gb=20 * size * GB, mixed_shards=None)
         shards_data(address, cache=tmp_path, cache_gb=20 * size * GB)
 
@@ -496,7 +496,7 @@ def test_a_disk_without_space_for_the_next_shard_is_named(shards, tmp_path, monk
 
 def test_a_missing_or_invalid_index_is_named(shards, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=f"{tmp_path}/index.json does not exist: set root to .* scripts/shards.py"
+        FileNotFoundError, match=f"{tmp_path}/index.json does not exist: set data.root to .* scripts/shards.py"
     ):
         shards_data(tmp_path)
     index = shards / "index.json"
