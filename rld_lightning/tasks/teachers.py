@@ -130,7 +130,10 @@ def verify_teachers(store: TeacherStore, names: Sequence[str], overrides: Sequen
     """
     quiet_lightning()
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
-    teachers = _chosen(list(stored_teachers(store)), names, given.get("data"), store)
+    found, dataset = list(stored_teachers(store)), given.get("data")
+    if dataset is not None and dataset not in {teacher.dataset for teacher in found}:  # a folder's has its own name
+        dataset = given.get("data.name") or Path(given.get("data.root", dataset)).expanduser().resolve().name
+    teachers = _chosen(found, names, dataset, store)
     rows, wrong = [], []
     for teacher in teachers:
         top1 = difference = None

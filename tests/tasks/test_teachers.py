@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.configs import compose
+from helpers.data import write_jpegs
 from helpers.scripts import SCRIPTS, run_script
 
 from rld_lightning.errors import UserError
@@ -148,6 +149,19 @@ def test_store_for_folders_of_images_needs_their_path(store):
         UserError, match="photos is not the name of a data set; say where it is, such as data=imagefolder"
     ):
         teachers.verify_teachers(store, ["resnet8"], SMALL)
+
+
+def test_teachers_of_a_folder_are_measured_on_it(store, tmp_path, capsys):
+    write_jpegs(tmp_path / "photos", {"train": 1, "val": 2}, size=(32, 32), ending=".jpg")
+    always_a = create_model("resnet8", 3)
+    torch.nn.init.zeros_(always_a.fc.weight)
+    always_a.fc.bias.data = torch.tensor([1.0, 0.0, 0.0])
+    store.save(always_a, "photos", "resnet8", {"num_classes": 3, "class_names": ["a", "b", "c"], "top1": 33.33})
+    folder = ("data=imagefolder", f"data.root={tmp_path / 'photos'}", "data.image_size=32", "trainer=cpu")
+    teachers.verify_teachers(store, [], folder)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "photos/resnet8" in line and "│" in line]
+    assert line.count("33.33") == 2
+    assert "as it should be" in line
 
 
 @pytest.mark.parametrize(
