@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
@@ -32,7 +32,8 @@ def progress_bar(name: str, what: str, total: int) -> Iterator[Callable[[int], N
     done, started = 0, time.monotonic()
     printed = started
     shown = console.is_terminal and is_rank_zero()
-    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+    bar = Progress(*columns, console=console, disable=not shown, transient=True)
+    with bar if shown else nullcontext():  # older versions of Rich end a disabled bar with an empty line
         task = bar.add_task(what, total=total)
 
         def advance(more: int) -> None:
