@@ -209,8 +209,8 @@ def heat_map_figure(maps: Sequence[HeatMap], sweep: Sweep, name: str) -> FigureO
     The best cell is one of those with the most seeds; the others show their number.
     """
     low, high = (float(end([grid.cells for grid in maps])) for end in (np.nanmin, np.nanmax))
-    most = int(max(grid.seeds.max(axis=None) for grid in maps))
-    best = max(grid.cells[grid.seeds == most].max(axis=None) for grid in maps)
+    setting = best_setting(sweep.trials)
+    most, best = int(sweep.trials.at[setting, "n"]), sweep.trials.at[setting, "mean"]
 
     def draw(grid: HeatMap, axes: Axes) -> None:
         colours, cells = colormaps[SEQUENTIAL], grid.cells
